@@ -1,0 +1,1 @@
+"""Optimisers of the Kimi K2 report: Muon, QK-Clip and the learning-rate schedule."""
