@@ -71,7 +71,7 @@ def rotation(config: ModelConfig, start: int, end: int, device=None) -> torch.Te
 
 def apply_rope(x: torch.Tensor, cis: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x_0, x_1), (x_2, x_3), ... of `x` (..., T, R) by `cis` (T, R / 2), in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * cis).flatten(-2).type_as(x)
 
 

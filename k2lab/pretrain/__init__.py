@@ -1,1 +1,4 @@
-"""Pre-training at reading-group scale: a real text in deterministic batches, and a loop."""
+"""Text, training and what to watch while training."""
+
+from k2lab.pretrain.corpus import load_corpus
+from k2lab.pretrain.trainer import TrainConfig, train

@@ -84,7 +84,7 @@ def bench_train(ours, theirs, runs):
 
     steps = [stepper(ours.train(), lambda m: m.loss(inputs, targets))]
     if theirs is not None:
-        options = dict(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
+        options = {"input_ids": inputs, "labels": targets, "shift_labels": targets, "use_cache": False}
         steps.append(stepper(theirs.train(), lambda m: m(**options).loss))
         losses = [step() for step in steps]
         assert abs(losses[0] - losses[1]) < 1e-4, f"losses differ: {losses}"
