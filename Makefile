@@ -34,6 +34,7 @@ lab: setup
 
 bench: setup
 	@$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python -m k2lab scorecard
 
 lint: setup
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -11,7 +11,6 @@ from pathlib import Path
 from k2lab import checks, runner
 from k2lab.notebook import COLUMNS, MODES, ROOT, VERDICTS, mode, write_atomically
 
-START, END = "<!-- scorecard:start -->", "<!-- scorecard:end -->"
 CHINESE = dict(zip(VERDICTS, ("已复现", "仅方向一致", "未复现", "此处无法检验"), strict=True))
 HEADS = {
     "README.md": ["Notebook", "Paper", "Claim", "Paper's value", "Ours", "Verdict"],
@@ -99,13 +98,32 @@ def scorecard(root: Path) -> dict[Path, str]:
     for name, head in HEADS.items():
         path = root / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        before, start, rest = text.partition(START)
-        _, end, after = rest.partition(END)
-        if not start or not end:
-            raise ValueError(f"{name} lacks {START} or, after it, {END}; put each on its own line")
         table = _table(rows, head, links, CHINESE if name == "README.zh.md" else {})
-        texts[path] = f"{before}{START}\n{table}\n{END}{after}"
+        text = _fill(name, text, "scorecard", table)
+        texts[path] = _fill(name, text, "bench", _bench_table(root / "data" / "results" / "bench.csv"))
     return texts
+
+
+def _fill(name: str, text: str, part: str, table: str) -> str:
+    """Put a table between the two markers of a part."""
+    start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{name} lacks {start} or, after it, {end}; put each on its own line")
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def _bench_table(path: Path) -> str:
+    """Return the benchmark's rows, with the machine below."""
+    if not path.is_file():
+        return "`make bench`"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| | k2lab | peer | unit | ratio |", "|---|---|---|---|---|"]
+    lines += [f"| {r['name']} | {r['ours']} | {r['peer']} | {r['unit']} | {r['ratio']} |" for r in rows]
+    peers = "; ".join(dict.fromkeys(r["peer_name"] for r in rows))
+    return "\n".join([*lines, "", f"{peers}. {rows[0]['machine']}; {rows[0]['threads']} thread(s)."])
 
 
 def read_verdicts(root: Path) -> list[dict[str, str]]:

@@ -95,5 +95,9 @@ def test_bad_input():
         flops_per_token(K2, -1)
     with pytest.raises(ValueError, match="kind='x'"):
         kv_cache_bytes(K2, 1, kind="x")
+    with pytest.raises(ValueError, match="tokens=-1"):
+        kv_cache_bytes(K2, -1)
+    with pytest.raises(ValueError, match="num_kv_heads=0"):
+        kv_cache_bytes(K2, 1, kind="gqa", num_kv_heads=0)
     with pytest.raises(ValueError, match="num_kv_heads=7"):
         kv_cache_bytes(K2, 1, kind="gqa", num_kv_heads=7)

@@ -109,6 +109,9 @@ def test_max_logits_run_over_micro_batches_and_cost_nothing_when_off():
     layer(x, cis)
     assert layer.max_logits is None
     layer.track_max_logits = True
+    layer.eval()(x, cis)
+    assert layer.max_logits is None  # an evaluation says nothing about the step
+    layer.train()
     singles = []
     for row in x:
         layer.max_logits = None
@@ -135,6 +138,8 @@ def test_scale_qk_scales_each_heads_logits_by_exactly_gamma(q_lora_rank):
     assert torch.equal(layer._up_projections()[1], values)
     with pytest.raises(ValueError, match="gamma"):
         layer.scale_qk_(torch.tensor([1.0, -1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="gamma"):
+        layer.scale_qk_(torch.full((4,), float("inf")))
     with pytest.raises(ValueError, match="gamma"):
         layer.scale_qk_(torch.ones(3))
 

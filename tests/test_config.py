@@ -3,9 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 
 from k2lab.model import DEEPSEEK_V3, K2, MOONLIGHT, SMALL, TINY, ModelConfig, RopeScaling
+from k2lab.model.attention import rotation, softmax_scale
 
 
 @pytest.mark.parametrize(
@@ -20,6 +26,13 @@ from k2lab.model import DEEPSEEK_V3, K2, MOONLIGHT, SMALL, TINY, ModelConfig, Ro
         ({"first_k_dense_replace": 4}, "first_k_dense_replace=4"),
         ({"hidden_size": 0}, "hidden_size=0"),
         ({"q_lora_rank": 0}, "q_lora_rank=0"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
+        ({"hidden_size": "64"}, "hidden_size='64'"),
+        ({"n_group": None}, "n_group=None"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0"),
+        ({"aux_loss_alpha": float("nan")}, "aux_loss_alpha=nan"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling="),
     ],
 )
 def test_bad_fields_are_named(change, named):
@@ -45,6 +58,32 @@ def test_reads_the_published_form():
     assert ModelConfig.from_hf(published) == K2
 
 
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 1e4}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": None, "rope_parameters": {}},
+    ],
+)
+def test_rotary_fields_mean_what_they_mean_to_transformers(change):
+    """Every accepted spelling gives the frequencies, and the scale, of the class that reads it."""
+    config = TINY.to_hf() | change
+    ours, theirs = ModelConfig.from_hf(config), DeepseekV3Config(**config)
+    rotary = DeepseekV3RotaryEmbedding(theirs)
+    turns = rotation(ours, 1, 2)[0]
+    torch.testing.assert_close(turns.angle() / turns.angle()[0], rotary.inv_freq / rotary.inv_freq[0])
+    assert turns.abs()[0].item() == pytest.approx(rotary.attention_scaling)
+    with torch.device("meta"):
+        assert softmax_scale(ours) == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -54,6 +93,11 @@ def test_reads_the_published_form():
         ({"sliding_window": 128}, "sliding_window"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": YARN | {"type": None}}, "of type None"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, "one of mscale"),
+        ({"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}}, "one of mscale"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "both set"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     ],
 )

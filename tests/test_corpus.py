@@ -171,8 +171,10 @@ def test_useless_files_are_counted_by_reason(folder):
     (folder / "image.txt").write_bytes(b"\x89PNG\0" + b"a" * 200)
     (folder / "latin.txt").write_bytes("Zürich".encode("latin-1") * 30)
     (folder / "gone.txt").symlink_to(folder / "nowhere")
+    (folder / "copy.txt").write_text((folder / "0.txt").read_text())
     corpus = load_corpus(folder)
-    assert corpus.skipped == {"near-empty": 2, "binary": 1, "undecodable": 1, "unreadable": 1}
+    reasons = {"near-empty": 2, "binary": 1, "undecodable": 1, "unreadable": 1, "duplicate": 1}
+    assert corpus.skipped == reasons
     assert corpus.num_documents == 40
 
 

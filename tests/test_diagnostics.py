@@ -1,5 +1,7 @@
 """Expert loads seen from outside the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,23 +17,23 @@ def corpus(tmp_path_factory):
     return load_corpus(file)
 
 
-def test_loads_equal_the_routers_choices(corpus):
+def test_loads_equal_what_the_model_counts_in_training(corpus):
     torch.manual_seed(0)
-    model = Transformer(TINY).eval()
-    chosen = [torch.zeros(TINY.n_routed_experts) for _ in model.moe_layers]
-
-    def count(module, args, output):
-        i = next(i for i, moe in enumerate(model.moe_layers) if moe.router is module)
-        chosen[i] += output[1].flatten().bincount(minlength=16)
-
-    handles = [moe.router.register_forward_hook(count) for moe in model.moe_layers]
+    model = Transformer(TINY)
     load = validation_load(model, corpus, num=3, batch_size=2, seq_len=20)
-    for handle in handles:
-        handle.remove()
-    assert sum(chosen[0]) == 3 * 2 * 20 * TINY.num_experts_per_tok
-    torch.testing.assert_close(load, torch.stack([c / c.mean() for c in chosen]))
-    expected = sum((c.max() / c.mean() - 1).item() for c in chosen) / 2
-    assert max_vio(1, model)["max_vio"] == pytest.approx(expected)
-    assert not model.training
-    assert all(m.tokens_per_expert.sum() == 0 for m in model.moe_layers)
-    assert all(m.router.expert_bias.abs().sum() == 0 for m in model.moe_layers)
+    assert model.training
+    assert all(moe.tokens_per_expert.sum() == 0 for moe in model.moe_layers)
+    for inputs, targets in corpus.val_batches(3, 2, 20):
+        model.loss(inputs, targets)
+    counts = torch.stack([moe.tokens_per_expert for moe in model.moe_layers]).float()
+    assert counts.sum() == 2 * 3 * 2 * 20 * TINY.num_experts_per_tok
+    torch.testing.assert_close(load, counts / counts.mean(1, keepdim=True))
+    model.update_expert_bias(0.0)
+    assert max_vio(1, model)["max_vio"] == pytest.approx((load.amax(1) - 1).mean().item())
+
+
+def test_a_dense_model_has_no_load(corpus):
+    model = Transformer(replace(TINY, first_k_dense_replace=3))
+    assert max_vio(1, model) == {}
+    with pytest.raises(ValueError, match="first_k_dense_replace=3"):
+        validation_load(model, corpus, num=1, batch_size=1, seq_len=20)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,16 @@ def test_mode_is_restored(model):
     model.train()
     generate(model, [[1]], max_new_tokens=1)
     assert model.training
+    with pytest.raises(ValueError, match="temperature"):
+        generate(model, [[1]], max_new_tokens=1, temperature=-1)
+    assert model.training
+
+
+def test_numbers_of_any_kind():
+    model = Transformer(TINY)
+    out = generate(model, torch.ones(2, 3), max_new_tokens=np.int64(2), stop_ids=torch.tensor([1]))
+    assert out.tokens.shape[1] <= 2
+    assert generate(model, [[1]], max_new_tokens=1, stop_ids=np.int64(5)).lengths.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,12 @@ def test_bad_input(model, options, named):
         generate(model, PROMPTS, **options)
 
 
-def test_empty_prompts_are_refused(model):
-    with pytest.raises(ValueError, match="prompt lengths"):
-        generate(model, [[1], []], max_new_tokens=1)
+@pytest.mark.parametrize("prompts", [[[1], []], [], [1, 2]])
+def test_empty_prompts_are_refused(model, prompts):
+    with pytest.raises(ValueError, match="prompts="):
+        generate(model, prompts, max_new_tokens=1)
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ValueError, match="prompt ids 1 to 1024"):
+        generate(model, [[1, 1024]], max_new_tokens=1)

@@ -35,8 +35,12 @@ def root(tmp_path):
     """Make a project with READMEs and no notebooks."""
     (tmp_path / "notebooks").mkdir()
     for name in cli.HEADS:
-        (tmp_path / name).write_text(f"# Title\n\n{cli.START}\nold\n{cli.END}\n\nEnd.\n")
+        (tmp_path / name).write_text(f"# Title\n\n{markers('scorecard')}\n\n{markers('bench')}\n\nEnd.\n")
     return tmp_path
+
+
+def markers(part, between="\nold\n"):
+    return f"<!-- {part}:start -->{between}<!-- {part}:end -->"
 
 
 def add(root, name, sources):
@@ -223,7 +227,9 @@ def test_scorecard_round_trip(root, capsys, monkeypatch):
     add(root, "11_good", ["1"])
     results(root, "11")
     results(root, "12", ours="text", verdict="reproduced")
-    (root / "data" / "results" / "bench.csv").write_text("name\n")
+    head = "name,ours,peer,peer_name,unit,ratio,threads,runs,machine"
+    bench = "train,6926,4294,a peer 1.0,tokens/s,1.613,1,9,a chip"
+    (root / "data" / "results" / "bench.csv").write_text(f"{head}\n{bench}\n")
     assert cli.main(["scorecard", "--check"], root) == 1
     assert "README.md: the scorecard differs" in capsys.readouterr().out
     assert "old" in (root / "README.md").read_text()
@@ -232,6 +238,8 @@ def test_scorecard_round_trip(root, capsys, monkeypatch):
     row = "| [11](notebooks/11_good.ipynb) | 2 | a \\| b | 1 | 2.333 ± 1.528 (n=3) | direction only |"
     assert row in english and row.replace("direction only", "仅方向一致") in chinese
     assert "| 12 | 2 | a \\| b | 1 | text | reproduced |" in english
+    for text in (english, chinese):
+        assert "| train | 6926 | 4294 | tokens/s | 1.613 |\n\na peer 1.0. a chip; 1 thread(s)." in text
     assert english.startswith("# Title\n\n") and english.endswith("\n\nEnd.\n")
     assert cli.main(["scorecard", "--check"], root) == 0
     assert cli.main(["scorecard"], root) == 0
@@ -241,8 +249,9 @@ def test_scorecard_round_trip(root, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("README.md", "no markers", "README.md lacks"),
-        ("README.zh.md", f"{cli.END} {cli.START}", "README.zh.md lacks"),
+        ("README.md", "no markers", "README.md lacks <!-- scorecard:start -->"),
+        ("README.md", markers("scorecard"), "README.md lacks <!-- bench:start -->"),
+        ("README.zh.md", "<!-- scorecard:end --> <!-- scorecard:start -->", "README.zh.md lacks"),
         ("data/results/11.csv", "a,b\n1,2\n", "11.csv has columns"),
         ("data/results/11.csv", ",".join(notebook.COLUMNS) + "\n11,1,c,1,1,,,mostly\n", "'mostly'"),
     ],

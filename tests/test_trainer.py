@@ -146,6 +146,16 @@ def test_learning_rates_follow_the_schedule_in_every_group(corpus):
     assert constant.lr.tolist() == pytest.approx([0.005] + [0.01] * 9)
 
 
+def test_the_schedule_is_undone_so_that_another_run_can_follow(corpus):
+    model = Bigram()
+    optimizer = adamw(model, lr=0.01)
+    run(corpus, CONFIG, model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    optimizer.param_groups[0]["lr"] = 0.002  # such as an annealing stage
+    _, history = run(corpus, CONFIG, model, optimizer)
+    assert history.lr.max() == 0.002
+
+
 def test_clipping_bounds_the_update(corpus):
     config = replace(CONFIG, steps=1, warmup_steps=0, schedule="constant", grad_clip=0.01)
     model = Bigram()
@@ -263,6 +273,30 @@ def test_the_real_model_trains_and_continues_bit_for_bit(corpus, tmp_path):
     pd.testing.assert_frame_equal(without_time(history), without_time(continued), check_exact=True)
     assert history.loss.iloc[-1] < history.loss[0] - 0.5
     assert all(moe.router.expert_bias.abs().max() > 0 for moe in straight.moe_layers)
+
+
+def test_loads_counted_before_the_run_do_not_move_the_bias(corpus):
+    biases = []
+    for passes in (0, 3):
+        torch.manual_seed(0)
+        model = Transformer(replace(TINY, vocab_size=257))
+        for inputs, targets in corpus.val_batches(passes, 2, 8) if passes else ():
+            model.loss(inputs, targets)
+        run(corpus, replace(CONFIG, steps=1, warmup_steps=0), model)
+        biases.append(model.moe_layers[0].router.expert_bias)
+    assert torch.equal(*biases)
+
+
+def test_a_checkpoint_of_a_model_with_another_config_is_refused(corpus, tmp_path):
+    run(corpus, CONFIG, Transformer(replace(TINY, vocab_size=257)), checkpoint=tmp_path / "a.pt")
+    other = Transformer(replace(TINY, vocab_size=257, num_experts_per_tok=3))  # the same shapes
+    with pytest.raises(ValueError, match=r"belongs to another run \(model config was"):
+        run(corpus, CONFIG, other, checkpoint=tmp_path / "a.pt")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus):
+    with pytest.raises(ValueError, match="has 257 ids, the model's vocab_size=256"):
+        run(corpus, CONFIG, Transformer(replace(TINY, vocab_size=256)))
 
 
 def test_a_finished_run_is_not_trained_again(corpus, tmp_path):

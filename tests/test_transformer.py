@@ -1,5 +1,6 @@
 """The decoder against Hugging Face's DeepseekV3ForCausalLM, weights both ways."""
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -96,7 +97,7 @@ def test_reads_and_writes_a_real_checkpoint_folder(tmp_path):
 def test_broken_checkpoints_are_refused_by_name():
     state = to_hf(Transformer(TINY).state_dict())
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.up_proj lacks experts \[3\]"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.up_proj: experts \[3\] are missing"):
         from_hf({k: v for k, v in state.items() if k != name}, TINY)
     with pytest.raises(ValueError, match=r"missing lm_head.weight"):
         from_hf({k: v for k, v in state.items() if k != "lm_head.weight"}, TINY)
@@ -106,7 +107,13 @@ def test_broken_checkpoints_are_refused_by_name():
         from_hf(state | {"extra": torch.ones(3)}, TINY)
     with pytest.raises(ValueError, match="layout='x'"):
         to_hf(state, layout="x")
-    mtp = {"model.layers.3.embed_tokens.weight": torch.ones(3)}  # a multi-token prediction layer
+    with pytest.raises(ValueError, match=r"experts \[16\] are missing, or beyond"):
+        from_hf(state | {name.replace(".3.", ".16."): state[name]}, TINY)
+    with pytest.raises(ValueError, match="different shapes"):
+        from_hf(state | {name: torch.ones(3, 3)}, TINY)
+    with pytest.raises(ValueError, match=r"unknown layers.2"):
+        from_hf(state, replace(TINY, num_hidden_layers=2))
+    mtp = {f"model.layers.3.{part}.weight": torch.ones(3) for part in ("eh_proj", "enorm")}
     assert from_hf(state | mtp, TINY).keys() == Transformer(TINY).state_dict().keys()
 
 
@@ -131,6 +138,27 @@ def test_hooks_for_the_training_loop():
     model.loss(ids, ids)
     assert model.attention_layers[0].max_logits is None
     assert Transformer(TINY).aux_loss() == 0
+
+
+def test_a_model_can_be_copied_and_cast_while_it_trains():
+    model = Transformer(replace(TINY, aux_loss_alpha=0.01))
+    ids = torch.randint(0, TINY.vocab_size, (2, 16))
+    model.loss(ids, ids).backward()
+    model.update_expert_bias(0.5)
+    copied = copy.deepcopy(model).bfloat16().train()
+    copied.loss(ids, ids)
+    assert copied.aux_loss() > 0
+    copied.eval().loss(ids, ids)
+    assert copied.aux_loss() == 0
+    assert copied.moe_layers[0].router.expert_bias.dtype == torch.float32
+    assert copied.moe_layers[0].tokens_per_expert.sum() == 2 * 16 * TINY.num_experts_per_tok
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        Transformer(TINY)(torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shape \(1, 0\)"):
+        Transformer(TINY)(torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_trains_in_bfloat16_autocast():

@@ -1,7 +1,8 @@
 """Own the arithmetic of a config: parameters, FLOPs per token and cache bytes, without building the model.
 
-A multiply-add counts as 2 FLOPs; norms, rotations, the softmax and the input embedding (a lookup) count
-as none. The test suite builds the full K2 without memory and compares its parameters with `ledger`.
+A multiply-add counts as 2 FLOPs, and every active parameter as one multiply-add, norms and biases
+included; rotations, the softmax and the input embedding (a lookup) count as none. The test suite builds
+the full K2 without memory and compares its parameters with `ledger`.
 """
 
 import pandas as pd
@@ -103,7 +104,9 @@ def kv_cache_bytes(
     c = config
     if kind not in ("mla", "mha", "gqa"):
         raise ValueError(f"kind={kind!r}: must be 'mla', 'mha' or 'gqa'")
-    if kind == "gqa" and c.num_attention_heads % num_kv_heads:
+    if tokens < 0 or value_bytes < 1:
+        raise ValueError(f"tokens={tokens}, value_bytes={value_bytes}: must be at least 0 and 1")
+    if kind == "gqa" and (num_kv_heads < 1 or c.num_attention_heads % num_kv_heads):
         raise ValueError(
             f"num_kv_heads={num_kv_heads} must divide num_attention_heads={c.num_attention_heads}"
         )

@@ -119,12 +119,13 @@ class MLA(nn.Module):
     """Multi-head latent attention with decoupled RoPE.
 
     `forward(x, cis, cache=None, layer=0)` maps (B, T, D) to (B, T, D). `form` chooses how cached tokens
-    are read: "naive", "absorbed", or "auto" (absorbed for few queries, naive for a long prompt; both
-    compute the same function).
+    are read: "naive", "absorbed", or "auto", the one with fewer multiplications for the queries and keys
+    at hand; both compute the same function.
 
     With `track_max_logits` on, `max_logits` (H,) holds S_max^h, the largest scaled, unmasked logit of
-    each head (signed), over all forward passes since it was last set to None; `scale_qk_` multiplies
-    every logit of a head by a factor. QK-Clip needs these two members and nothing else.
+    each head (signed), over all forward passes in training mode since it was last set to None;
+    `scale_qk_` multiplies every logit of a head by a factor. QK-Clip needs these two members and
+    nothing else.
     """
 
     def __init__(self, config: ModelConfig):
@@ -220,7 +221,7 @@ class MLA(nn.Module):
             future = torch.full((end - start, past + end), -math.inf, dtype=q.dtype, device=q.device)
             mask = future.triu(past + start + 1).repeat_interleave(group, dim=0)
             logits = torch.baddbmm(mask, rows, k[:, : past + end].mT, alpha=self.scale)
-            if self.track_max_logits:
+            if self.track_max_logits and self.training:
                 self._record(logits.detach(), group)
             blocks.append(logits.softmax(-1).to(v.dtype) @ v[:, : past + end])
         return torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
@@ -242,10 +243,10 @@ class MLA(nn.Module):
 
         The nope parts of query and key take sqrt(gamma) each; the rotary query takes gamma, because the
         rotary key is shared by all heads and must stay as it is (Kimi K2 report, section 2.1). Raises
-        `ValueError` unless gamma has shape (H,) and is positive.
+        `ValueError` unless gamma has shape (H,) and is positive and finite.
         """
         c = self.config
-        if gamma.shape != (c.num_attention_heads,) or not (gamma > 0).all():
+        if gamma.shape != (c.num_attention_heads,) or not ((gamma > 0) & gamma.isfinite()).all():
             raise ValueError(
                 f"gamma={gamma.tolist()}: need one positive factor for each of {c.num_attention_heads} heads"
             )

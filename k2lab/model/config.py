@@ -20,8 +20,9 @@ class RopeScaling:
     mscale_all_dim: float = 1.0  # its denominator, and the scale of the softmax (0 = none)
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor={self.factor}: must be >= 1 (1 = no extension)")
+        _check_numbers(self, {"factor": 1, "original_max_position_embeddings": 1})
+        _check_numbers(self, {"mscale": 0, "mscale_all_dim": 0})
+        _check_numbers(self, {"beta_fast": 0, "beta_slow": 0}, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,22 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of the weights at initialisation
 
     def __post_init__(self):
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank={self.q_lora_rank}: must be at least 1, or None")
+        counts = {f.name: 1 for f in fields(self) if f.type is int} | {"first_k_dense_replace": 0}
+        if self.q_lora_rank is not None:
+            counts["q_lora_rank"] = 1
+        for name in counts:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
+        _check_numbers(self, counts | {"aux_loss_alpha": 0})
+        positive = ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range")
+        _check_numbers(self, dict.fromkeys(positive, 0), above=True)
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r}: must be a RopeScaling or None")
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns dims in pairs, use an even number"
             )
-        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+        if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace={self.first_k_dense_replace}: must lie in "
                 f"0..num_hidden_layers={self.num_hidden_layers}"
@@ -120,13 +127,7 @@ class ModelConfig:
         model and are left out. Raises `ValueError` naming the field when it belongs to another
         architecture, is missing, or is unknown and so might change the model.
         """
-        config = dict(config)
-        rope = config.pop("rope_parameters", None)
-        if rope is not None:
-            rope = dict(rope)
-            config["rope_theta"] = rope.pop("rope_theta", None)
-            plain = rope.get("rope_type", "default") == "default"
-            config["rope_scaling"] = None if plain else rope
+        config = _flat_rope(config)
         for name, allowed in _FIXED.items():
             if name in config and config[name] not in allowed:
                 raise ValueError(f"{name}={config[name]!r}: this model supports only {allowed}")
@@ -143,7 +144,9 @@ class ModelConfig:
             )
         missing = (names | {"model_type"}) - set(config) - _OPTIONAL
         if missing:
-            raise ValueError(f"missing fields {sorted(missing)}: each changes the model, add them")
+            raise ValueError(
+                f"missing fields {sorted(missing)}: each changes the model, add them (null for none)"
+            )
         known = {k: v for k, v in config.items() if k in names}
         return cls(**known | {"rope_scaling": _yarn(config["rope_scaling"])})
 
@@ -166,46 +169,56 @@ class ModelConfig:
         }
 
 
+def _check_numbers(config, lowest: dict[str, float], *, above: bool = False) -> None:
+    """Refuse a field below its lowest value, or at it when `above`; None and not-a-number too."""
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not (value > low or (value == low and not above)):
+            raise ValueError(f"{name}={value!r}: must be {'above' if above else 'at least'} {low}")
+
+
+def _flat_rope(config: dict) -> dict:
+    """Return the config with transformers 5's `rope_parameters` as `rope_theta` and `rope_scaling`."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters", None) or {})
+    if rope and config.get("rope_scaling"):
+        raise ValueError("rope_scaling and rope_parameters are both set: keep the one that is meant")
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope:
+        config["rope_scaling"] = rope
+    return config
+
+
 def _yarn(scaling: dict | None) -> RopeScaling | None:
-    """Read the `rope_scaling` entry of a config.json."""
+    """Read the `rope_scaling` entry of a config.json; a null counts as an absent entry."""
     if scaling is None:
         return None
-    scaling = dict(scaling)
-    kinds = {scaling.pop("type", "yarn"), scaling.pop("rope_type", "yarn")}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    kinds = {scaling.pop(name) for name in ("type", "rope_type") if name in scaling}
+    if kinds == {"default"}:
+        return None
     if kinds != {"yarn"}:
-        raise ValueError(f"rope_scaling type {sorted(kinds)}: only 'yarn' is supported")
+        raise ValueError(f"rope_scaling of type {sorted(kinds) or None}: must be 'yarn', or null for none")
     unknown = set(scaling) - {f.name for f in fields(RopeScaling)}
     if unknown:
         raise ValueError(f"unknown rope_scaling fields {sorted(unknown)}: remove them if they change nothing")
     missing = {"factor", "original_max_position_embeddings"} - set(scaling)
     if missing:
         raise ValueError(f"missing rope_scaling fields {sorted(missing)}: YaRN needs both")
-    # the published code's defaults where a config.json is silent
-    return RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0} | scaling)
+    given = [bool(scaling.get(name)) for name in ("mscale", "mscale_all_dim")]
+    if any(given) and not all(given):
+        raise ValueError(
+            "rope_scaling has one of mscale, mscale_all_dim: published codes disagree on it, set both"
+        )
+    # with neither, all published codes scale cos and sin by mscale(factor, 1), and not the softmax
+    return RopeScaling(**scaling | ({} if all(given) else {"mscale": 1.0, "mscale_all_dim": 0.0}))
 
-
-_POSITIVE = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *(
-        "moe_intermediate_size",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_shared_experts",
-        "n_group",
-    ),
-    *(
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "max_position_embeddings",
-    ),
-)
 
 # what this architecture is; another value is another model
 _FIXED = {
     "model_type": ("kimi_k2", "deepseek_v3"),
-    "architectures": (["DeepseekV3ForCausalLM"], ["KimiK2ForCausalLM"]),
+    "architectures": (["DeepseekV3ForCausalLM"], ["KimiK2ForCausalLM"], None),
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -290,6 +303,7 @@ MOONLIGHT = ModelConfig(
     qk_rope_head_dim=64,
     v_head_dim=128,
     max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
 )
 
 # K2's proportions, rounded to multiples of 8: q_lora 0.21 D, kv_lora 0.07 D, nope : rope : v = 2 : 1 : 2

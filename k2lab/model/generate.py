@@ -6,6 +6,7 @@ one position at a time, and rows still inside their prompt are fed the prompt's 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -74,9 +75,9 @@ def generate(
     """
     device = model.embed_tokens.weight.device
     rows = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
+    if not rows or any(row.dim() != 1 or len(row) == 0 for row in rows):
+        raise ValueError(f"prompts={prompts}: need at least one row, and at least one token id in each")
     lengths = torch.tensor([len(p) for p in rows], device=device)
-    if not rows or lengths.min() == 0:
-        raise ValueError(f"prompt lengths {lengths.tolist()}: need at least one prompt and one token in each")
     limits = torch.as_tensor(_per_row(max_new_tokens, len(rows), "max_new_tokens"), device=device)
     if limits.min() < 1:
         raise ValueError(f"max_new_tokens={limits.tolist()}: must be at least 1")
@@ -84,6 +85,9 @@ def generate(
     ends = lengths + limits  # (B,) the position at which a row is full
     total, start = int(ends.max()), int(lengths.min())
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        span, top = f"{ids.min()} to {ids.max()}", model.config.vocab_size - 1
+        raise ValueError(f"prompt ids {span}: must lie in 0..{top}, the model's vocabulary")
     ids = torch.nn.functional.pad(ids, (0, total - ids.shape[1]))  # (B, total)
     logprobs = torch.zeros(len(rows), total, device=device)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -91,23 +95,24 @@ def generate(
     final = lengths.clone()  # (B,) positions filled when the row ended
 
     cache = LatentCache(model.config, len(rows), total, device=device, dtype=model.embed_tokens.weight.dtype)
-    was_training = model.training
+    new, was_training = ids[:, :start], model.training
     model.eval()
-    new = ids[:, :start]
-    for t in range(start, total):
-        logits = model.lm_head(model.hidden(new, cache)[:, -1])
-        tokens, logp = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
-        live = (t >= lengths) & ~done
-        ids[:, t] = torch.where(live, tokens, ids[:, t])
-        logprobs[:, t] = torch.where(live, logp, 0.0)
-        final += live
-        hit = live & stops.gather(1, tokens[:, None])[:, 0]
-        stopped |= hit
-        done |= hit | (live & (t + 1 >= ends))
-        if done.all():
-            break
-        new = ids[:, t : t + 1]
-    model.train(was_training)
+    try:
+        for t in range(start, total):
+            logits = model.lm_head(model.hidden(new, cache)[:, -1])
+            tokens, logp = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
+            live = (t >= lengths) & ~done
+            ids[:, t] = torch.where(live, tokens, ids[:, t])
+            logprobs[:, t] = torch.where(live, logp, 0.0)
+            final += live
+            hit = live & stops.gather(1, tokens[:, None])[:, 0]
+            stopped |= hit
+            done |= hit | (live & (t + 1 >= ends))
+            if done.all():
+                break
+            new = ids[:, t : t + 1]
+    finally:
+        model.train(was_training)
     return _cut(ids, logprobs, lengths, final - lengths, stopped)
 
 
@@ -126,7 +131,7 @@ def _cut(ids, logprobs, prompt_lengths, lengths, stopped):
 
 def _per_row(value, num_rows, name):
     """Spread one value over the rows, or check that there is one for each."""
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return [value] * num_rows
     if len(value) != num_rows:
         raise ValueError(
@@ -137,8 +142,10 @@ def _per_row(value, num_rows, name):
 
 def _stop_mask(stop_ids, num_rows, vocab_size, device):
     """Return (B, V) booleans: does this token end this row?"""
-    stop_ids = list(stop_ids)
-    per_row = stop_ids if stop_ids and not isinstance(stop_ids[0], int) else [stop_ids] * num_rows
+    if isinstance(stop_ids, torch.Tensor):
+        stop_ids = stop_ids.tolist()
+    stop_ids = [stop_ids] if isinstance(stop_ids, Integral) else list(stop_ids)
+    per_row = stop_ids if stop_ids and not isinstance(stop_ids[0], Integral) else [stop_ids] * num_rows
     mask = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(_per_row(per_row, num_rows, "stop_ids")):
         ids = list(ids)

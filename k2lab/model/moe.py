@@ -72,6 +72,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts))
 
+    def _apply(self, fn, recurse=True):
+        """Keep the bias in float32 when the model is cast: bfloat16 cannot hold steps of 0.001."""
+        super()._apply(fn, recurse)
+        self.expert_bias = self.expert_bias.float()
+        return self
+
     def forward(self, x):
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
@@ -135,13 +141,15 @@ class MoE(nn.Module):
             config.hidden_size, config.n_shared_experts * config.moe_intermediate_size
         )
         self.aux_loss = 0.0
-        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
-        self.register_buffer("last_load", torch.zeros(config.n_routed_experts), persistent=False)
+        for name in ("tokens_per_expert", "last_load"):
+            zeros = torch.zeros(config.n_routed_experts, dtype=torch.long)
+            self.register_buffer(name, zeros, persistent=False)
 
     def forward(self, x):
         flat = x.flatten(0, 1)  # (N, D)
         scores, topk_ids, topk_weights = self.router(flat)
         counts = torch.bincount(topk_ids.flatten(), minlength=self.config.n_routed_experts)
+        self.aux_loss = 0.0
         if self.training:
             self.tokens_per_expert += counts
             if self.config.aux_loss_alpha > 0:
@@ -156,12 +164,14 @@ class MoE(nn.Module):
         """Move the bias by `rate` (>= 0) towards even load: b_i += rate * sign(mean load - load_i).
 
         The load is counted over all forward passes in training mode since the last call; it is kept in
-        `last_load` and the count starts anew. Source: DeepSeek-V3, section 2.1.2 (rate 0.001 there).
+        `last_load` and the count starts anew; `aux_loss` is cleared. Source: DeepSeek-V3, section 2.1.2
+        (rate 0.001 there).
         """
         load = self.tokens_per_expert
-        self.router.expert_bias += rate * torch.sign(load.mean() - load)
+        self.router.expert_bias += rate * torch.sign(load.float().mean() - load)
         self.last_load.copy_(load)
         load.zero_()
+        self.aux_loss = 0.0
 
 
 def routed_scaling_factor(n_routed_experts: int, num_experts_per_tok: int, *, draws: int = 20_000) -> float:
@@ -183,7 +193,8 @@ def sequence_balance_loss(scores: torch.Tensor, topk_ids: torch.Tensor) -> torch
 
     For each sequence of T tokens: sum_i f_i P_i with f_i = E / (K T) * #(tokens that chose i) and
     P_i = mean over tokens of s_i / sum_j s_j; then the mean over sequences. `scores` is (B, T, E),
-    `topk_ids` (B, T, K). Source: DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
+    `topk_ids` (B, T, K), the choice that was made; the equations count the top K of the scores without
+    the bias, the same while the bias is zero. Source: DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
     """
     batch, _, num_experts = scores.shape
     counts = torch.zeros(batch, num_experts, device=scores.device)
@@ -199,4 +210,5 @@ def max_violation(load: torch.Tensor) -> torch.Tensor:
 
     Source: Wang et al., auxiliary-loss-free load balancing (arXiv 2408.15664, section 4.1).
     """
+    load = load.float()
     return load.amax(-1) / load.mean(-1).clamp_min(1e-9) - 1

@@ -61,6 +61,8 @@ class Transformer(nn.Module):
 
     def hidden(self, input_ids: torch.Tensor, cache: LatentCache | None = None) -> torch.Tensor:
         """Return the normed last hidden states (B, T, D), which the head turns into logits."""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: need (B, T) with T >= 1")
         start = 0 if cache is None else cache.length
         end = start + input_ids.shape[1]
         if end > self.config.max_position_embeddings:

@@ -65,15 +65,16 @@ def to_hf(state: dict[str, torch.Tensor], *, layout: str = "hub") -> dict[str, t
 def from_hf(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     """Return a state dict that `Transformer(config).load_state_dict` takes, from either layout.
 
-    Multi-token prediction layers (numbered from `num_hidden_layers` on) are left out: they are not part
-    of the main model. Raises `ValueError` naming the keys that are missing, unknown or of a wrong shape,
+    Multi-token prediction layers (behind the last one, with an `eh_proj`) are left out: they are not
+    part of the main model. Raises `ValueError` naming the keys that are missing, unknown or of a wrong shape,
     as in a truncated checkpoint.
     """
     back = [(new, old) for old, new in _NAMES]
+    extra = {match[1] for key in state if (match := re.match(r"model\.layers\.(\d+)\.eh_proj\.", key))}
     out, stacks = {}, {}
     for key, value in state.items():
         layer = re.match(r"model\.layers\.(\d+)\.", key)
-        if layer and int(layer[1]) >= config.num_hidden_layers:
+        if layer and layer[1] in extra and int(layer[1]) >= config.num_hidden_layers:
             continue
         name = _rename(key, back)
         single = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
@@ -85,9 +86,11 @@ def from_hf(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, to
         else:
             out[name] = value
     for name, matrices in stacks.items():
-        absent = set(range(config.n_routed_experts)) - set(matrices)
-        if absent:
-            raise ValueError(f"truncated checkpoint: {name} lacks experts {sorted(absent)}")
+        wrong = set(range(config.n_routed_experts)) ^ set(matrices)
+        if wrong:
+            raise ValueError(f"{name}: experts {sorted(wrong)} are missing, or beyond n_routed_experts")
+        if len(shapes := {tuple(matrix.shape) for matrix in matrices.values()}) > 1:
+            raise ValueError(f"{name}: experts have different shapes {sorted(shapes)}")
         out[name] = torch.stack([matrices[e] for e in range(config.n_routed_experts)])
     _check(out, config)
     return out

@@ -47,8 +47,8 @@ def wsd_lr(
     """
     if warmup_steps is None:
         warmup_steps = round(K2_WARMUP_FRAC * total_steps)
-    decay_steps = round(decay_frac * total_steps)
     _check(step, total_steps, warmup_steps, decay_frac, final_lr_frac)
+    decay_steps = round(decay_frac * total_steps)
     if warmup_steps + decay_steps > total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} and {decay_steps} steps of decay "

@@ -8,7 +8,7 @@ Four rules make runs comparable. The order of the documents is that of a hash of
 paths, and every 20th goes to validation whole, so no file is ever in both parts. Documents end
 in an end-of-document id that no text can produce. A training batch is a pure function of
 (seed, step), so resuming needs no data-loader state. And the validation windows are the same
-for every run. Whatever is left out is counted in `Corpus.skipped`, by reason.
+for every run. Text files that are left out are counted in `Corpus.skipped`, by reason.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ CACHE_VERSION = 1  # raise when the meaning of a cached file changes
 
 
 class ByteTokenizer:
-    """Map text to its UTF-8 bytes, ids 0 to 255; `eod_id` is 256. Round-trips any str."""
+    """Map text to its UTF-8 bytes, ids 0 to 255; `eod_id` is 256. Round-trips any text of Unicode."""
 
     eod_id = 256
     vocab_size = 257
@@ -212,6 +212,9 @@ def load_corpus(
     name, files = _find_files(path)
     skipped: Counter[str] = Counter()
     documents = [text for file in files if (text := _read(file, skipped)) is not None]
+    if copies := len(documents) - len(set(documents)):  # a copy could fall into the other part
+        documents = list(dict.fromkeys(documents))
+        skipped["duplicate"] = copies
     if path and Path(path).is_file() and documents:
         documents = _blocks(documents[0])
     if max_bytes is not None:

@@ -66,6 +66,12 @@ class TrainConfig:
             raise ValueError(f"schedule={self.schedule!r} must be 'wsd' or 'constant'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={self.device!r} must be a torch device such as 'cpu' or 'cuda'"
+            ) from error
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip={self.grad_clip} must be > 0, or None for no clipping")
         if not self.expert_bias_update_rate >= 0:
@@ -106,7 +112,8 @@ def train(
 
     Args:
         model: an nn.Module with `loss`, `aux_loss` and `update_expert_bias`; moved to the device.
-        optimizer: any torch optimizer over the model's parameters; its learning rates are peaks.
+        optimizer: any torch optimizer over the model's parameters; its learning rates are peaks,
+            decayed during the run and set back after it.
         corpus: where batches come from.
         config: the run.
         checkpoint: file that holds the run's state, written every `checkpoint_every` updates and
@@ -121,9 +128,10 @@ def train(
         FloatingPointError: the loss or the gradient norm is not finite; the parameters are
             those before the failed update.
     """
-    _check_run(corpus, config, checkpoint)
+    _check_run(model, corpus, config, checkpoint)
     model.to(config.device)
     model.train()
+    model.update_expert_bias(0.0)  # forget loads counted before this run
     scheduler = LambdaLR(optimizer, config.lr_multiplier)
     run = _Run(model, optimizer, scheduler, config, corpus.fingerprint)
     history = run.resume(Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else []
@@ -142,6 +150,8 @@ def train(
             rate = f"{config.tokens_per_step / row['step_s']:,.0f}"
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": rate}, refresh=False)
             bar.update()
+    for group in optimizer.param_groups:  # undo the schedule: the peak again, for another run
+        group["lr"] = group.pop("initial_lr")
     return pd.DataFrame(history)
 
 
@@ -201,6 +211,7 @@ class _Run:
             {k: v for k, v in group.items() if k not in ("params", "lr")}  # lr is the schedule's
             for group in self.optimizer.param_groups
         ]
+        parts["model config"] = getattr(self.model, "config", None)
         parts["model"] = {k: tuple(v.shape) for k, v in self.model.state_dict().items()}
         return {k: repr(v) for k, v in parts.items()} | {"corpus": self.corpus}
 
@@ -298,8 +309,14 @@ def _merge(row: dict, values: dict) -> None:
         row[name] = value
 
 
-def _check_run(corpus: Corpus, config: TrainConfig, checkpoint: str | Path | None) -> None:
+def _check_run(model: nn.Module, corpus: Corpus, config: TrainConfig, checkpoint: str | Path | None) -> None:
     """Refuse before the first step what would otherwise fail after many."""
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", corpus.tokenizer.vocab_size)
+    if corpus.tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer of {corpus.name} has {corpus.tokenizer.vocab_size} ids, the model's "
+            f"vocab_size={vocab_size}: give the model at least as many"
+        )
     for split in ("train", "val") if config.eval_every else ("train",):
         corpus.tokens(split, config.seq_len)
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
