@@ -65,29 +65,50 @@ def models():
     return ours, theirs, f"transformers {transformers.__version__} grouped_mm"
 
 
-def bench_train(ours, theirs, runs):
-    """Time forward, backward and a fused AdamW step; return tokens/s of both."""
+def stepper(model, loss_of):
+    """Return a function that does forward, backward and a fused AdamW step, and returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def batch():
+    """Return inputs and targets of one training step."""
     ids = torch.randint(0, SMALL.vocab_size, (BATCH, LENGTH + 1))
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def stepper(model, loss_of):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        return step
-
+def bench_train(ours, theirs, runs):
+    """Time a training step; return tokens/s of both."""
+    inputs, targets = batch()
     steps = [stepper(ours.train(), lambda m: m.loss(inputs, targets))]
     if theirs is not None:
         options = {"input_ids": inputs, "labels": targets, "shift_labels": targets, "use_cache": False}
         steps.append(stepper(theirs.train(), lambda m: m(**options).loss))
         losses = [step() for step in steps]
         assert abs(losses[0] - losses[1]) < 1e-4, f"losses differ: {losses}"
+    return [BATCH * LENGTH / s for s in interleave(steps, runs)]
+
+
+def bench_tracking(ours, runs):
+    """Time a training step with the record of the largest logits on, and off."""
+    inputs, targets = batch()
+
+    def loss_with(on):
+        def loss(model):
+            model.track_max_logits(on)
+            return model.loss(inputs, targets)
+
+        return loss
+
+    steps = [stepper(ours.train(), loss_with(on)) for on in (True, False)]
     return [BATCH * LENGTH / s for s in interleave(steps, runs)]
 
 
@@ -148,22 +169,25 @@ def main():
     ours, theirs, peer_name = models()
     rows = []
 
-    def add(name, unit, pair):
+    def add(name, unit, pair, against=peer_name):
         mine, peer = (*pair, None)[:2]
         ratio = mine / peer if peer else None
-        rows.append([name, mine, peer, peer_name, unit, ratio, options.threads, options.runs, machine()])
+        rows.append([name, mine, peer, against, unit, ratio, options.threads, options.runs, machine()])
 
-    jobs = tqdm(["train_step", "decode_64", "decode_512", "decode_2048"])
+    jobs = tqdm(["train_step", "train_step_max_logits", "decode_64", "decode_512", "decode_2048"])
     for job in jobs:
         jobs.set_description(job)
         if job == "train_step":
             add(job, "tokens/s", bench_train(ours, theirs, options.runs))
             share, peak = matmul_share(rows[0][1], options.runs)
+        elif job == "train_step_max_logits":
+            add(job, "tokens/s", bench_tracking(ours, options.runs), "k2lab without the record")
         else:
+            if theirs is not None:  # the training steps have moved ours
+                theirs.load_state_dict(to_hf(ours.state_dict(), layout="fused"))
             context = int(job.removeprefix("decode_"))
             add(job, "tokens/s", bench_decode(ours, theirs, context, options.runs))
-    peer_name = f"float32 matmul 2048, {peak / 1e9:.0f} GFLOP/s"
-    add("matmul_share", "share of peak", [share])
+    add("matmul_share", "share of peak", [share], f"float32 matmul 2048, {peak / 1e9:.0f} GFLOP/s")
     columns = ["name", "ours", "peer", "peer_name", "unit", "ratio", "threads", "runs", "machine"]
     table = pd.DataFrame(rows, columns=columns)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
