@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make run    run the notebooks: NB=11 (or NB='11 12'), MODE=fast, JOBS=2, ALL=1"
 	@echo "make test   run the tests and every notebook in fast mode"
-	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make lab    open the notebooks in JupyterLab; LAB='--no-browser --port 8890' passes options"
 	@echo "make bench  measure against peers, write data/results/bench.csv"
 	@echo "make lint   check the style of the code"
 	@echo "make clean  remove .venv and every cache"
@@ -30,7 +30,7 @@ test: setup
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 lab: setup
-	@$(BIN)/python -m jupyterlab notebooks
+	@$(BIN)/python -m jupyterlab notebooks $(LAB)
 
 bench: setup
 	@$(BIN)/python -m tests.benchmarks
