@@ -59,7 +59,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return int(table["total"].sum()), int(table["active"].sum())
 
 
-# logit and value widths per head, and the share of the context that a token sees
+# ways to count attention: logit and value widths per head, share of the context that a token sees
 ACCOUNTINGS = ("mha", "mha_nope", "mha_causal", "absorbed")
 
 

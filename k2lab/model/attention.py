@@ -230,20 +230,20 @@ class MLA(nn.Module):
         """Fold (B * H, rows, S), or (B, T * H, S) when heads share a key, into the running maximum."""
         heads = self.config.num_attention_heads
         best = logits.amax(-1)
-        best = (
-            best.unflatten(1, (-1, heads)).amax((0, 1))
-            if group > 1
-            else best.unflatten(0, (-1, heads)).amax((0, 2))
-        )
+        if group > 1:
+            best = best.unflatten(1, (-1, heads)).amax((0, 1))
+        else:
+            best = best.unflatten(0, (-1, heads)).amax((0, 2))
         self.max_logits = best if self.max_logits is None else torch.maximum(self.max_logits, best)
 
     @torch.no_grad()
-    def scale_qk_(self, gamma: torch.Tensor) -> None:
+    def scale_qk_(self, gamma: torch.Tensor, alpha: float = 0.5) -> None:
         """Multiply every logit of head h by gamma[h] (H,), in place, as K2's QK-Clip does.
 
-        The nope parts of query and key take sqrt(gamma) each; the rotary query takes gamma, because the
-        rotary key is shared by all heads and must stay as it is (Kimi K2 report, section 2.1). Raises
-        `ValueError` unless gamma has shape (H,) and is positive and finite.
+        The nope parts of query and key take gamma^alpha and gamma^(1 - alpha), sqrt(gamma) each by
+        default; the rotary query takes gamma, because the rotary key is shared by all heads and must stay
+        as it is (Kimi K2 report, section 2.1). Raises `ValueError` unless gamma has shape (H,) and is
+        positive and finite.
         """
         c = self.config
         if gamma.shape != (c.num_attention_heads,) or not ((gamma > 0) & gamma.isfinite()).all():
@@ -252,7 +252,7 @@ class MLA(nn.Module):
             )
         projection = self.q_proj if c.q_lora_rank is None else self.q_b_proj
         query = projection.weight.unflatten(0, (c.num_attention_heads, -1))  # (H, K + R, in), a view
-        root = gamma.sqrt()[:, None, None]
-        query[:, : c.qk_nope_head_dim] *= root
-        query[:, c.qk_nope_head_dim :] *= gamma[:, None, None]
-        self._up_projections()[0].mul_(root)
+        gamma = gamma[:, None, None]
+        query[:, : c.qk_nope_head_dim] *= gamma**alpha
+        query[:, c.qk_nope_head_dim :] *= gamma
+        self._up_projections()[0].mul_(gamma ** (1 - alpha))
