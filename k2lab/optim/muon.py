@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: lambda >= 0, decoupled: W <- W - lr lambda W.
         momentum: mu in [0, 1).
         nesterov: orthogonalise mu M + G instead of M.
-        ns_coefficients, eps, ns_steps: see `newton_schulz`.
+        ns_coefficients, eps, ns_steps: see `newton_schulz`; eps > 0, ns_steps in [0, 100).
         adjust_lr_fn: see `lr_ratio`. torch's default is "original".
         momentum_form: "sum", M <- mu M + G (Moonlight, K2), or "average", M <- mu M + (1 - mu) G
             (torch). The update is the same but for rounding, as Newton-Schulz ignores the scale.
@@ -132,14 +132,11 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group after checking its settings and the shapes of its parameters."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check(group)
-        for p in group["params"] if group.get("use_muon", True) else ():
-            if p.dim() not in (2, 3) or p.is_complex():
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} ({p.dtype}) is no real matrix (n, m) or stack "
-                    "(E, n, m): give it to AdamW (see split_parameters)"
-                )
+        try:
+            _check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -148,9 +145,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_groups()
+        return loss
+
+    def _update_groups(self):
+        """Do all of step() but the closure: subclasses extend this, so that step's hooks run once."""
         for group in self.param_groups:
             self._update(group)
-        return loss
 
     def _update(self, group):
         """Update the matrices of one group, batch by batch."""
@@ -205,10 +206,12 @@ def matrices(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(group: dict) -> None:
-    """Refuse settings that are out of range."""
-    for name in ("lr", "weight_decay", "eps"):
+    """Refuse settings that are out of range, and parameters that are no matrices."""
+    for name in ("lr", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"{name}={group[name]} must be >= 0")
+    if not group["eps"] > 0:
+        raise ValueError(f"eps={group['eps']} must be > 0, such as 1e-7: a zero gradient is divided by it")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum={group['momentum']} must be in [0, 1), such as 0.95")
     if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] < 100):
@@ -222,6 +225,12 @@ def _check(group: dict) -> None:
     for name, values in allowed.items():
         if group[name] not in values:
             raise ValueError(f"{name}={group[name]!r} must be one of {values}")
+    for p in group["params"] if group.get("use_muon", True) else ():
+        if p.dim() not in (2, 3) or p.is_complex():
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} ({p.dtype}) is no real matrix (n, m) or stack "
+                "(E, n, m): give it to AdamW (see split_parameters)"
+            )
 
 
 def split_parameters(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -230,14 +239,14 @@ def split_parameters(model: nn.Module) -> dict[str, tuple[str, str]]:
     Muon takes the matrices that map hidden states to hidden states, stacks of experts and the router's
     matrix included. AdamW takes the rest: embeddings (rows are looked up, a gradient touches few of
     them), the output head (its rows are classes; K. Jordan and Moonlight leave it to AdamW), and vectors
-    such as norm gains and biases, which have no singular values. The head is a linear layer with as many
-    rows as an embedding. K2's own split is not published.
+    such as norm gains and biases, which have no singular values. The head is the last linear layer with
+    as many rows as an embedding. K2's own split is not published.
     """
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {id(m.weight) for m in embeddings}
     rows = {m.num_embeddings for m in embeddings}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    heads = {id(m.weight) for m in linear if m.out_features in rows}
+    heads = [id(m.weight) for m in linear if m.out_features in rows][-1:]  # others are wide by chance
     split = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:

@@ -15,6 +15,7 @@ An attention layer takes part by two members: `max_logits` (H,), S_max of each h
 passes since it was last set to None, and `scale_qk_(gamma, alpha)`, which scales a head's logits by gamma.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -62,15 +63,41 @@ def qk_clip_(
         alpha: share of gamma that the query takes, W_Q *= gamma^alpha, W_K *= gamma^(1 - alpha), in [0, 1].
 
     Raises:
-        ValueError: an argument is out of range, or a layer has recorded no logits, or not finite ones.
+        ValueError: an argument is out of range, or a layer has recorded no logits, or not finite ones
+            (on every rank, where one of them has); nothing is scaled then.
 
     Source: Kimi K2 report, section 2.1; the blog form and alpha: the Kimi K2 blog, July 2025.
     """
     layers = list(layers)
     _check_clip(layers, qk_clip_threshold, form, alpha)
-    largest = torch.stack([layer.max_logits.float() for layer in layers])  # (layers, H)
+    return _clip_(layers, _largest_logits(layers), qk_clip_threshold, form, alpha)
+
+
+def _largest_logits(layers):
+    """Return S_max of all layers, (layers, H), over all ranks."""
+    for i, layer in enumerate(layers):
+        if layer.max_logits is None:
+            raise ValueError(
+                f"attention layer {i} has recorded no logits: set track_max_logits and run a forward pass in "
+                "training mode before each step"
+            )
+    if len(counts := {layer.max_logits.numel() for layer in layers}) > 1:
+        raise ValueError(f"attention layers with {sorted(counts)} heads: clip those of one count at a time")
+    largest = torch.stack([layer.max_logits.float() for layer in layers])
+    largest = largest.where(largest.isfinite(), math.inf)  # so that every rank hears of an overflow
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if not largest.isfinite().all():
+        heads = (~largest.isfinite()).nonzero().tolist()
+        raise ValueError(
+            f"[attention layer, head] {heads} have max_logits that are not finite: the forward pass "
+            "overflowed; lower the learning rate"
+        )
+    return largest
+
+
+def _clip_(layers, largest, qk_clip_threshold, form, alpha):
+    """Scale the layers by what `largest` (layers, H) asks for, forget their max logits, and report."""
     seen = largest.amax(-1, keepdim=True).expand_as(largest) if form == "layer" else largest
     gamma = torch.where(seen > qk_clip_threshold, qk_clip_threshold / seen, 1.0)
     for layer, factors, touched in zip(layers, gamma, (gamma < 1).any(-1).tolist(), strict=True):
@@ -86,9 +113,12 @@ def scale_mha_qk_(
     """Multiply the logits of head h by gamma[h] (H,), in place, in multi-head attention.
 
     The rows of head h in `q_weight` and `k_weight`, (H d, D) each, take gamma^alpha and gamma^(1 - alpha):
-    sqrt(gamma) each as in the K2 report. Raises `ValueError` where the rows do not fall into H equal
-    blocks, or the two differ: shared keys (grouped queries) cannot be scaled head by head.
+    sqrt(gamma) each as in the K2 report. Raises `ValueError` where gamma is not positive and finite, the
+    rows do not fall into H equal blocks, or the two differ: shared keys (grouped queries) cannot be
+    scaled head by head.
     """
+    if gamma.dim() != 1 or not ((gamma > 0) & gamma.isfinite()).all():
+        raise ValueError(f"gamma={gamma.tolist()}: need one positive factor for each head")
     if q_weight.shape[0] != k_weight.shape[0] or q_weight.shape[0] % len(gamma):
         raise ValueError(
             f"q_weight {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)} must have the same "
@@ -133,26 +163,29 @@ class MuonClip(Muon):
     ):
         self.attention_layers = [m for m in model.modules() if hasattr(m, "scale_qk_")]
         self.clip = {"qk_clip_threshold": qk_clip_threshold, "form": qk_clip_form, "alpha": qk_clip_alpha}
-        _check_clip(self.attention_layers, **self.clip, recorded=False)
+        _check_clip(self.attention_layers, **self.clip)
         self.last_clip: QKClipReport | None = None
         for layer in self.attention_layers:
             layer.track_max_logits, layer.max_logits = True, None
+        # "fused" makes load_state_dict put AdamW's step counts on the parameters' device
+        self.adamw = {"betas": adamw_betas, "adamw_eps": adamw_eps, "fused": True}
+        _check_adamw(adamw_betas, adamw_eps)
         named, split = dict(model.named_parameters()), split_parameters(model)
         groups = [
-            {"params": [named[name] for name, (chosen, _) in split.items() if chosen == kind], **extra}
-            for kind, extra in (
-                ("muon", {"use_muon": True}),
-                ("adamw", {"use_muon": False, "betas": adamw_betas, "adamw_eps": adamw_eps}),
-            )
+            {"params": [named[n] for n, (chosen, _) in split.items() if chosen == kind], "use_muon": use_muon}
+            for kind, use_muon in (("muon", True), ("adamw", False))
         ]
         super().__init__(groups, lr=lr, weight_decay=weight_decay, **muon)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Update, clip, and leave the report in `last_clip`."""
-        loss = super().step(closure)
-        self.last_clip = qk_clip_(self.attention_layers, **self.clip)
-        return loss
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group of matrices, or with `use_muon=False` of parameters for AdamW."""
+        super().add_param_group({"use_muon": True} | self.adamw | param_group)
+
+    def _update_groups(self):
+        """Update, clip, and leave the report in `last_clip`; bad logits raise before anything changes."""
+        largest = _largest_logits(self.attention_layers)
+        super()._update_groups()
+        self.last_clip = _clip_(self.attention_layers, largest, **self.clip)
 
     def _update(self, group):
         update = super()._update if group["use_muon"] else self._update_adamw
@@ -183,7 +216,7 @@ class MuonClip(Muon):
         )
 
 
-def _check_clip(layers, qk_clip_threshold, form, alpha, recorded=True):
+def _check_clip(layers, qk_clip_threshold, form, alpha):
     if not qk_clip_threshold > 0:
         raise ValueError(f"qk_clip_threshold={qk_clip_threshold} must be > 0, such as 100")
     if form not in FORMS:
@@ -192,14 +225,10 @@ def _check_clip(layers, qk_clip_threshold, form, alpha, recorded=True):
         raise ValueError(f"alpha={alpha} must be in [0, 1]")
     if not layers:
         raise ValueError("no attention layer has scale_qk_: use Muon and AdamW, there is nothing to clip")
-    for i, layer in enumerate(layers if recorded else ()):
-        if layer.max_logits is None:
-            raise ValueError(
-                f"attention layer {i} has recorded no logits: set track_max_logits and run a forward pass in "
-                "training mode before each step"
-            )
-        if not layer.max_logits.isfinite().all():
-            raise ValueError(
-                f"attention layer {i} has max_logits={layer.max_logits.tolist()}: the forward pass "
-                "overflowed; lower the learning rate"
-            )
+
+
+def _check_adamw(betas, eps):
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_betas={betas} must be in [0, 1), such as (0.9, 0.95)")
+    if not eps >= 0:
+        raise ValueError(f"adamw_eps={eps} must be >= 0")
