@@ -2,7 +2,7 @@
 
 Environment, all optional:
     K2LAB_MODE      fast or full (default full)
-    K2LAB_THREADS   CPU threads for torch (default OMP_NUM_THREADS, else all cores)
+    K2LAB_THREADS   CPU threads for torch, or processes of a sweep (default OMP_NUM_THREADS, else all)
     K2LAB_RERUN     1 ignores finished runs in the cache
     K2LAB_CACHE     folder of the cache (default .cache beside the package)
     K2LAB_PROGRESS  0 hides progress bars
@@ -11,28 +11,29 @@ Environment, all optional:
 
 from __future__ import annotations
 
-import dataclasses
-import dis
-import enum
+import contextlib
 import functools
 import hashlib
-import inspect
+import itertools
 import math
 import os
 import pickle
 import statistics
 import sys
 import tempfile
-import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from tqdm.auto import tqdm
+
+from k2lab.hashing import stable_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("fast", "full")
@@ -131,16 +132,9 @@ def cached(name: str, fn: Callable[[Any, int], Any], config: Any, seed: int) -> 
     config: dataclasses, mappings, sequences, numbers, strings, arrays, tensors, a corpus.
     Raises ValueError for a config (or a variable read by fn) that has no stable hash.
     """
-    if not name or not all(c.isalnum() or c in "_-." for c in name):
-        raise ValueError(f"{name!r}: name a run with letters, digits, '_', '-' or '.'")
-    key = stable_hash([name, mode(), config, seed, fn, code_version(), torch.__version__])
-    folder = Path(os.environ.get("K2LAB_CACHE") or ROOT / ".cache") / "runs"
-    path = folder / f"{name}-{seed}-{key[:16]}.pkl"
-    if os.environ.get("K2LAB_RERUN") != "1":
-        try:
-            return pickle.loads(path.read_bytes())
-        except Exception:  # absent, truncated, or of another library version: run it again
-            pass
+    path = _entry(name, fn, config, seed)
+    if found := _finished(path):
+        return found[0]
     result = fn(config, seed)
     write_atomically(path, pickle.dumps(result))
     return result
@@ -149,9 +143,80 @@ def cached(name: str, fn: Callable[[Any, int], Any], config: Any, seed: int) -> 
 def sweep(
     name: str, fn: Callable[[Any, int], Any], arms: Mapping[str, Any], seeds: Iterable[int]
 ) -> dict[tuple[str, int], Any]:
-    """Return {(arm, seed): cached(fn)} over every arm (a label and its config) and seed."""
-    pairs = [(arm, seed) for arm in arms for seed in seeds]
-    return {(a, s): cached(name, fn, arms[a], s) for a, s in progress(pairs, desc=name)}
+    """Return {(arm, seed): fn(config, seed)} over every arm (a label and its config) and seed.
+
+    Finished runs come from the cache, as in `cached`. The others run side by side in `threads()`
+    processes of one torch thread each (in this process where that is 1, or one run is missing), so
+    that no result depends on the number of cores; each is kept as soon as it is there.
+
+    fn: returns all that it finds. In another process it has copies of its arguments and of what it
+    reads in the notebook, so it must not change them. torch's random state starts from the seed.
+    Raises what fn raises, and stops the runs that have not finished; ValueError as `cached` does,
+    and for a library edited between the start of the notebook and that of a worker.
+    """
+    paths = {(a, s): _entry(name, fn, arms[a], s) for a, s in itertools.product(arms, seeds)}
+    found = {path: result for path in paths.values() for result in _finished(path)}
+    jobs = {path: (arms[a], s) for (a, s), path in paths.items() if path not in found}
+    total, done = len(found) + len(jobs), len(found)
+    for path, result in progress(_run(fn, jobs), desc=name, total=total, initial=done):
+        write_atomically(path, pickle.dumps(result))
+        found[path] = result
+    return {pair: found[path] for pair, path in paths.items()}
+
+
+def _entry(name: str, fn: Callable, config: Any, seed: int) -> Path:
+    """Return the file of a run in the cache."""
+    if not name or not all(c.isalnum() or c in "_-." for c in name):
+        raise ValueError(f"{name!r}: name a run with letters, digits, '_', '-' or '.'")
+    key = stable_hash([name, mode(), config, seed, fn, code_version(), torch.__version__])
+    folder = Path(os.environ.get("K2LAB_CACHE") or ROOT / ".cache") / "runs"
+    return folder / f"{name}-{seed}-{key[:16]}.pkl"
+
+
+def _finished(path: Path) -> tuple:
+    """Return (result,) of a run that has finished before, else ()."""
+    if os.environ.get("K2LAB_RERUN") != "1":
+        # absent, truncated, or of another library version: run it again
+        with contextlib.suppress(Exception):
+            return (pickle.loads(path.read_bytes()),)
+    return ()
+
+
+def _run(fn: Callable, jobs: Mapping[Path, tuple[Any, int]]) -> Iterator[tuple[Path, Any]]:
+    """Yield (path, fn(config, seed)) of each job as it finishes."""
+    workers = min(threads(), len(jobs))
+    if workers < 2:
+        yield from (_one_thread(fn, path, *job) for path, job in jobs.items())
+        return
+    # Workers stay for the next sweep, and in it they have the settings of then.
+    env = {k: v for k, v in os.environ.items() if k.startswith("K2LAB_")} | {"K2LAB_MODE": mode()}
+    tasks = (delayed(_in_worker)(env, code_version(), fn, path, *job) for path, job in jobs.items())
+    run = Parallel(workers, return_as="generator_unordered", batch_size=1, max_nbytes=None)
+    with warnings.catch_warnings():
+        # a worker that has grown by 300 MB is replaced by a fresh one, which is no news
+        warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
+        yield from run(tasks)
+
+
+def _in_worker(env: Mapping[str, str], version: str, *job: Any) -> tuple[Path, Any]:
+    """Do a job with the notebook's settings and its version of the library."""
+    os.environ.update(env)
+    if code_version() != version:
+        raise ValueError("k2lab has been edited since this notebook imported it; restart the kernel")
+    return _one_thread(*job)
+
+
+def _one_thread(fn: Callable, path: Path, config: Any, seed: int) -> tuple[Path, Any]:
+    """Return (path, fn(config, seed)), computed by one torch thread from a fixed random state."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return path, fn(config, seed)
+    finally:
+        torch.set_num_threads(before)
+        sys.stdout.flush()  # else a worker prints into a later cell
 
 
 @functools.cache
@@ -163,86 +228,6 @@ def code_version() -> str:
         if relative not in PRESENTATION:
             digest.update(f"{relative}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def stable_hash(value: Any) -> str:
-    """Return a hash of value that is the same in every process; ValueError where none exists."""
-    return hashlib.sha256("\0".join(_parts(value, ())).encode()).hexdigest()
-
-
-def _parts(value: Any, seen: tuple) -> Iterable[str]:
-    """Yield strings that determine value, each with its type and length so none run together."""
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        yield f"{kind}:{value!r}"
-    elif isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
-        yield f"{kind}:{value}"
-    elif isinstance(value, enum.Enum):
-        yield f"{kind}:{value.name}"
-    elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
-        home = getattr(value, "__module__", "")
-        yield f"{kind}:{home}.{value.__name__}"
-        if home == "__main__":  # a class of the notebook is its methods
-            for member in [m for m in vars(value).values() if isinstance(m, types.FunctionType)]:
-                yield from _parts(member, (*seen, id(value)))
-    elif isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
-        data = np.ascontiguousarray(value).tobytes()
-        yield f"{kind}:{value.dtype}:{value.shape}:{hashlib.sha256(data).hexdigest()}"
-    elif isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        yield f"{kind}:{value.dtype}:{tuple(value.shape)}:{hashlib.sha256(data).hexdigest()}"
-    else:
-        children = _children(value, kind, seen)
-        yield f"{kind}:{len(children)}"
-        for child in children:
-            yield from _parts(child, (*seen, id(value)))
-
-
-def _children(value: Any, kind: str, seen: tuple) -> list:
-    """Return what determines a compound value; a value met again on the way down has none."""
-    if id(value) in seen:
-        return []
-    if isinstance(getattr(value, "fingerprint", None), str):  # a corpus knows its own hash
-        return [value.fingerprint]
-    if dataclasses.is_dataclass(value):
-        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    if isinstance(value, types.SimpleNamespace):
-        return sorted(vars(value).items())
-    if isinstance(value, Mapping):
-        return sorted(([k, v] for k, v in value.items()), key=lambda pair: repr(pair[0]))
-    if isinstance(value, (list, tuple, range)):
-        return list(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=repr)
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, types.FunctionType):
-        return _function(value)
-    raise ValueError(
-        f"a value of type {kind} has no stable hash, so its run cannot be cached; "
-        "allowed: dataclasses, mappings, sequences, numbers, strings, arrays, tensors, functions. "
-        "Put what it depends on into the config and build it inside the function."
-    )
-
-
-def _function(fn: types.FunctionType) -> list:
-    """Return what determines a function of the notebook: source, defaults, closure, globals."""
-    home = fn.__module__.split(".")[0]
-    installed = home in sys.stdlib_module_names or "site-packages" in fn.__code__.co_filename
-    if home == "k2lab" or (installed and home != "__main__"):
-        return [fn.__module__, fn.__qualname__]  # code_version() covers ours; others do not change
-    try:
-        source = textwrap.dedent(inspect.getsource(fn))
-    except OSError as error:
-        raise ValueError(f"{fn.__name__} has no source to hash; define it in a cell") from error
-    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
-    names, codes = set(), [fn.__code__]
-    while codes:
-        code = codes.pop()
-        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    read = {n: fn.__globals__[n] for n in sorted(names) if n in fn.__globals__}
-    return [source, fn.__defaults__, fn.__kwdefaults__, cells, read]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
