@@ -120,10 +120,10 @@ def _bench_table(path: Path) -> str:
         return "`make bench`"
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = ["| | k2lab | peer | unit | ratio |", "|---|---|---|---|---|"]
-    lines += [f"| {r['name']} | {r['ours']} | {r['peer']} | {r['unit']} | {r['ratio']} |" for r in rows]
-    peers = "; ".join(dict.fromkeys(r["peer_name"] for r in rows))
-    return "\n".join([*lines, "", f"{peers}. {rows[0]['machine']}; {rows[0]['threads']} thread(s)."])
+    lines = ["| | k2lab | peer | unit | ratio | threads | beside |", "|---|---|---|---|---|---|---|"]
+    columns = ("name", "ours", "peer", "unit", "ratio", "threads", "peer_name")
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    return "\n".join([*lines, "", f"{rows[0]['machine']}."])
 
 
 def read_verdicts(root: Path) -> list[dict[str, str]]:

@@ -44,7 +44,7 @@ def newton_schulz(
     X_0 = x / max(|x|_F, eps), then `ns_steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X with
     (a, b, c) = `ns_coefficients`, on the transpose where n > m. Singular vectors stay; a singular value s
     becomes a s + b s^3 + c s^5 each step. With the default, five steps bring those above 0.01 of the norm
-    into about [0.7, 1.2]; they do not converge to 1. Zero stays zero.
+    into [0.68, 1.13]; they do not converge to 1. Zero stays zero.
 
     `dtype` is that of the iteration (None: `fast_dtype`). Types of two bytes iterate X itself. The Gram
     form, all powers of X_0 X_0^T and X_0 only at the end, is used in wider types alone: its rounding

@@ -2,15 +2,14 @@
 
 Each row of data/results/bench.csv is the median of interleaved runs (ours, peer, ours, ...) on the same
 weights and inputs, after the outputs were checked to agree. A ratio above 1 means that ours is better.
-The peer is Hugging Face's DeepseekV3ForCausalLM with its grouped expert kernel (its fastest on a CPU).
+The peers are Hugging Face's DeepseekV3ForCausalLM with its grouped expert kernel (its fastest on a CPU)
+and, in optimizers.py, two implementations of Muon.
 """
 
 import argparse
 import copy
 import os
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -21,25 +20,12 @@ from k2lab.model import SMALL, Transformer
 from k2lab.model.accounting import flops_per_token
 from k2lab.model.attention import LatentCache
 from k2lab.model.weights import to_hf
+from tests.benchmarks import optimizers
+from tests.benchmarks.timing import interleave
 
 RESULTS = Path(__file__).parents[2] / "data" / "results" / "bench.csv"
 BATCH, LENGTH = 4, 512  # 2,048 tokens a training step
 DECODE_BATCH, DECODE_STEPS = 8, 16
-
-
-def seconds(function) -> float:
-    """Time one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def interleave(functions, runs) -> list[float]:
-    """Return the median seconds of each function over `runs` rounds, after one warm-up round."""
-    for function in functions:
-        function()
-    rounds = [[seconds(function) for function in functions] for _ in range(runs)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def machine() -> str:
@@ -94,21 +80,6 @@ def bench_train(ours, theirs, runs):
         steps.append(stepper(theirs.train(), lambda m: m(**options).loss))
         losses = [step() for step in steps]
         assert abs(losses[0] - losses[1]) < 1e-4, f"losses differ: {losses}"
-    return [BATCH * LENGTH / s for s in interleave(steps, runs)]
-
-
-def bench_tracking(ours, runs):
-    """Time a training step with the record of the largest logits on, and off."""
-    inputs, targets = batch()
-
-    def loss_with(on):
-        def loss(model):
-            model.track_max_logits(on)
-            return model.loss(inputs, targets)
-
-        return loss
-
-    steps = [stepper(ours.train(), loss_with(on)) for on in (True, False)]
     return [BATCH * LENGTH / s for s in interleave(steps, runs)]
 
 
@@ -169,25 +140,27 @@ def main():
     ours, theirs, peer_name = models()
     rows = []
 
-    def add(name, unit, pair, against=peer_name):
+    def add(name, unit, pair, against=peer_name, threads=options.threads):
         mine, peer = (*pair, None)[:2]
         ratio = mine / peer if peer else None
-        rows.append([name, mine, peer, against, unit, ratio, options.threads, options.runs, machine()])
+        rows.append([name, mine, peer, against, unit, ratio, threads, options.runs, machine()])
 
-    jobs = tqdm(["train_step", "train_step_max_logits", "decode_64", "decode_512", "decode_2048"])
-    for job in jobs:
-        jobs.set_description(job)
-        if job == "train_step":
-            add(job, "tokens/s", bench_train(ours, theirs, options.runs))
-            share, peak = matmul_share(rows[0][1], options.runs)
-        elif job == "train_step_max_logits":
-            add(job, "tokens/s", bench_tracking(ours, options.runs), "k2lab without the record")
-        else:
-            if theirs is not None:  # the training steps have moved ours
-                theirs.load_state_dict(to_hf(ours.state_dict(), layout="fused"))
-            context = int(job.removeprefix("decode_"))
-            add(job, "tokens/s", bench_decode(ours, theirs, context, options.runs))
+    add("train_step", "tokens/s", bench_train(ours, theirs, options.runs))
+    share, peak = matmul_share(rows[0][1], options.runs)
     add("matmul_share", "share of peak", [share], f"float32 matmul 2048, {peak / 1e9:.0f} GFLOP/s")
+    for context in tqdm((64, 512, 2048), desc="decode"):
+        if theirs is not None:  # the training steps have moved ours
+            theirs.load_state_dict(to_hf(ours.state_dict(), layout="fused"))
+        add(f"decode_{context}", "tokens/s", bench_decode(ours, theirs, context, options.runs))
+    for row, (peer, counts, make) in optimizers.peers().items():
+        for threads in counts:
+            torch.set_num_threads(threads)
+            pair = optimizers.bench_muon(make, 3 * options.runs)
+            add(f"{row}_{threads}t", "steps/s", pair, peer, threads)
+    torch.set_num_threads(options.threads)
+    runs = 5 * options.runs  # differences of a percent
+    add("max_logit_overhead", "tokens/s", optimizers.bench_tracking(runs), "k2lab without the record")
+    add("qk_clip_overhead", "tokens/s", optimizers.bench_clip(runs), "k2lab with Muon and AdamW, no clip")
     columns = ["name", "ours", "peer", "peer_name", "unit", "ratio", "threads", "runs", "machine"]
     table = pd.DataFrame(rows, columns=columns)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
