@@ -140,10 +140,10 @@ def main():
     ours, theirs, peer_name = models()
     rows = []
 
-    def add(name, unit, pair, against=peer_name, threads=options.threads):
+    def add(name, unit, pair, against=peer_name, threads=options.threads, runs=options.runs):
         mine, peer = (*pair, None)[:2]
         ratio = mine / peer if peer else None
-        rows.append([name, mine, peer, against, unit, ratio, threads, options.runs, machine()])
+        rows.append([name, mine, peer, against, unit, ratio, threads, runs, machine()])
 
     add("train_step", "tokens/s", bench_train(ours, theirs, options.runs))
     share, peak = matmul_share(rows[0][1], options.runs)
@@ -155,12 +155,14 @@ def main():
     for row, (peer, counts, make) in optimizers.peers().items():
         for threads in counts:
             torch.set_num_threads(threads)
-            pair = optimizers.bench_muon(make, 3 * options.runs)
-            add(f"{row}_{threads}t", "steps/s", pair, peer, threads)
+            runs = 3 * options.runs
+            add(f"{row}_{threads}t", "steps/s", optimizers.bench_muon(make, runs), peer, threads, runs)
     torch.set_num_threads(options.threads)
-    runs = 5 * options.runs  # differences of a percent
-    add("max_logit_overhead", "tokens/s", optimizers.bench_tracking(runs), "k2lab without the record")
-    add("qk_clip_overhead", "tokens/s", optimizers.bench_clip(runs), "k2lab with Muon and AdamW, no clip")
+    runs = 10 * options.runs  # differences of a percent
+    pair = optimizers.bench_tracking(runs)
+    add("max_logit_overhead", "tokens/s", pair, "k2lab without the record", runs=runs)
+    pair = optimizers.bench_clip(runs)
+    add("qk_clip_overhead", "tokens/s", pair, "k2lab with Muon and AdamW, no clip", runs=runs)
     columns = ["name", "ours", "peer", "peer_name", "unit", "ratio", "threads", "runs", "machine"]
     table = pd.DataFrame(rows, columns=columns)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
