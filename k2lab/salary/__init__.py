@@ -1,0 +1,1 @@
+"""A salary table, tested with care: does remote work change pay, and is the answer a finding?"""
