@@ -166,6 +166,11 @@ def test_titles_countries_and_years_carry_pay(shipped):
     assert pay[shipped["work_year"] == 2022].mean() < pay[shipped["work_year"] == 2024].mean() - 0.05
 
 
+def test_entry_level_has_more_analysts(shipped):
+    share = shipped["job_title"].eq("Data Analyst").groupby(shipped["experience_level"], observed=True).mean()
+    assert share["EN"] > 0.3 and share.drop("EN").max() < 0.15
+
+
 @pytest.mark.parametrize("level", ["MI", "SE"])
 def test_titles_account_for_part_of_the_remote_gap(shipped, level):
     rows = shipped[(shipped["experience_level"] == level) & (shipped["remote_ratio"] != 50)]
